@@ -188,7 +188,10 @@ ENTRIES = {
 
 @pytest.mark.parametrize(
     ("entry", "gates"),
-    [("module", ["click", "pydantic", "uvicorn"]), ("script", ["pydantic", "uvicorn"])],
+    [
+        ("module", ["click", "pydantic", "uvicorn"]),
+        pytest.param("script", ["pydantic", "uvicorn"], marks=pytest.mark.long),
+    ],
 )
 def test_a_start_asks_for_time_while_its_imports_get_on(
     manager: Listener, space: Workspace, entry: str, gates: list[str]
@@ -353,6 +356,7 @@ def test_every_socket_of_a_name_is_served(space: Workspace) -> None:
     assert space.stop() == 0
 
 
+@pytest.mark.long
 def test_a_port_among_the_sockets_for_changes(
     space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

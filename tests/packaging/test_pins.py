@@ -163,6 +163,7 @@ def test_what_is_not_pinned_is_not_taken(collecting: SimpleNamespace) -> None:
         collecting.collect("greeting>=2")
 
 
+@pytest.mark.long
 def test_an_installation_refuses_other_bytes(tools: SimpleNamespace, tmp_path: Path) -> None:
     """Before it changes anything. Here the first packages that it takes are others than pinned."""
     index, root = tmp_path / "index", tmp_path / "root"

@@ -268,6 +268,7 @@ def test_a_stream_that_waits_and_fails(workspace: Workspace) -> None:
             list(events)
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_on_a_real_model(workspace: Workspace, small_model: Any) -> None:
     """A named prompt is a hit, and a stream is the whole answer."""

@@ -175,6 +175,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_of_the_input(workspace: Works
     assert "1 more could not be measured either" in said
 
 
+@pytest.mark.long
 def test_a_prompt_that_is_removed_meanwhile(three: Workspace) -> None:
     """What was measured of it stays, it is said how much, and the next prompt is measured."""
     with benching(three, "m/a", "m/c", "--runs", "20") as bench:
@@ -189,6 +190,7 @@ def test_a_prompt_that_is_removed_meanwhile(three: Workspace) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_prompt_that_is_edited_meanwhile(three: Workspace) -> None:
     """Its figures are of two texts, so there are none.
 
@@ -242,6 +244,7 @@ def test_a_daemon_that_dies_before_anything_was_measured(workspace: Workspace) -
         bench.wait_for("the daemon broke the connection")
 
 
+@pytest.mark.long
 def test_other_clients_are_noticed(three: Workspace) -> None:
     """By the daemon's own counts; and not where nobody else asked."""
     quiet = json.loads(three.cli("bench", "m/a", "--json", "--runs", "2", "--no-direct").stdout)
@@ -317,6 +320,7 @@ def test_progress_at_a_terminal(three: Workspace) -> None:
     assert not any("…" in line for line in terminal.seen)
 
 
+@pytest.mark.long
 def test_a_closed_terminal_leaves_no_stored_prompt(three: Workspace) -> None:
     """The kernel sends SIGHUP, and what is written then fails."""
     terminal = Terminal(three, "bench", "--sweep", "--runs", "1000")

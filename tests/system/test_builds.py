@@ -145,6 +145,7 @@ def test_an_edit_forgets_what_the_build_before_it_had_read(workspace: Workspace)
     assert list(workspace.cache.glob("**/.stage-*")) == []
 
 
+@pytest.mark.long
 def test_a_daemon_that_is_killed_leaves_nothing_of_a_build_that_stepped_aside(
     workspace: Workspace,
 ) -> None:
@@ -179,9 +180,9 @@ def on_the_standin(space: Workspace, *, group: str = "E", **keys: object) -> Non
     ("continued", "reused", "says"),
     [
         ("saved", True, ""),
-        ("ignored", False, "the runtime read everything"),
-        ("spoilt", False, "as a whole"),
-        ("crash", False, "died"),
+        pytest.param("ignored", False, "the runtime read everything", marks=pytest.mark.long),
+        pytest.param("spoilt", False, "as a whole", marks=pytest.mark.long),
+        pytest.param("crash", False, "died", marks=pytest.mark.long),
     ],
 )
 def test_rkllm_goes_on_from_a_prompt_cache_where_that_is_shown_to_work(

@@ -173,6 +173,7 @@ def test_what_parse_returned_goes_back(client: openai.OpenAI) -> None:
     )
 
 
+@pytest.mark.long
 def test_tools_beside_a_format(client: openai.OpenAI) -> None:
     """llama.cpp writes either a call or the format, and nothing else; min_p beside it is taken."""
     schema = {

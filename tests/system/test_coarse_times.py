@@ -23,6 +23,7 @@ def disk(workspace: Workspace) -> Iterator[Path]:
             assert workspace.stop() == 0
 
 
+@pytest.mark.long
 def test_two_saves_in_one_second_under_a_running_daemon(workspace: Workspace, disk: Path) -> None:
     """Regression: the second was not noticed, nor by the rescan and `reload`; only `plan` saw it.
 

@@ -326,7 +326,13 @@ def not_writable(cache: Path) -> Callable[[], object]:
 
 @pytest.mark.parametrize(
     "harm",
-    [moved_away, moved_away_and_back, recreated, closed, not_writable],
+    [
+        moved_away,
+        moved_away_and_back,
+        recreated,
+        pytest.param(closed, marks=pytest.mark.long),
+        pytest.param(not_writable, marks=pytest.mark.long),
+    ],
     ids=lambda f: f.__name__,
 )
 def test_the_cache_directory_taken_away(

@@ -256,6 +256,7 @@ def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) 
     workspace.wait_state("b", "fresh", BEFORE_RESCAN_S)
 
 
+@pytest.mark.long
 def test_an_edit_beside_a_prompt_that_does_not_fit(workspace: Workspace) -> None:
     """It is built once, in the room that it had.
 

@@ -364,6 +364,7 @@ def test_other_symptoms_are_words_of_the_program() -> None:
             assert words in program, sentence
 
 
+@pytest.mark.long
 def test_a_quarantined_prompt_is_tried_again_when_it_is_regenerated(workspace: Workspace) -> None:
     """As the page says. The model is still broken: the build fails again, with the reason."""
     assert "`rkcached regenerate MODEL/PROMPT`" in TROUBLE

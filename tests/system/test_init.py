@@ -337,6 +337,7 @@ def test_comments_keep_their_places(declared: Workspace) -> None:
         assert declared.manifest.read_bytes() == text.encode()
 
 
+@pytest.mark.long
 def test_several_that_add_at_once_lose_nothing(declared: Workspace) -> None:
     for number in range(6):
         declared.write(f"k{number}.md", "x")

@@ -147,6 +147,7 @@ def test_nothing_of_the_current_folder_is_run(workspace: Workspace, hostile: Pat
     assert marks(workspace) == ""
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_nothing_of_the_current_folder_is_run_by_the_demo(
     workspace: Workspace, hostile: Path

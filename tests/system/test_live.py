@@ -152,6 +152,7 @@ def test_every_change_is_seen(two_prompts: Workspace) -> None:
         wait_until(lambda: b"\x1b[?1049l" in terminal.raw[-40:], "the shell's screen is back")
 
 
+@pytest.mark.long
 def test_what_is_at_work_is_seen(workspace: Workspace) -> None:
     """A build's tokens, who runs and who waits.
 

@@ -134,6 +134,7 @@ def test_verify_deep(ship: Workspace) -> None:
     assert f"loads, {tokens} tokens" in ship.cli("verify", "--deep").stdout
 
 
+@pytest.mark.long
 def test_no_tcp_port(ship: Workspace) -> None:
     """The embedded server listens on a private Unix socket, never on a port."""
     family = [psutil.Process(ship.process.pid), *ship.children()] if ship.process else []

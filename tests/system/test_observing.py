@@ -124,6 +124,7 @@ def test_events_tell_every_change(two_prompts: Workspace, listener: Listener) ->
     assert listener.ended()
 
 
+@pytest.mark.long
 def test_a_full_queue_refuses(workspace: Workspace) -> None:
     """One request more than may wait gets 503 with Retry-After while they wait.
 

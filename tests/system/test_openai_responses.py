@@ -286,6 +286,7 @@ def test_pydantic_ai_with_its_defaults(harbour: Workspace, question: str) -> Non
         assert result.output
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_on_a_real_model(workspace: Workspace, small_model: Any) -> None:
     """A named prompt is reused, and a stream is the whole answer."""

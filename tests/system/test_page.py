@@ -126,7 +126,10 @@ def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
         assert browser.run("globalThis.stays") == 1
 
 
-@pytest.mark.parametrize("width", [1400, 1000, 992, 780, 380])
+LONG_WIDTHS = [pytest.param(width, marks=pytest.mark.long) for width in (1000, 992, 780)]
+
+
+@pytest.mark.parametrize("width", [1400, *LONG_WIDTHS, 380])
 def test_each_width_shows_all(workspace: Workspace, tmp_path: Path, width: int) -> None:
     """Nothing is cut off or off the window.
 

@@ -323,6 +323,7 @@ def timed(ported: Ported, key: str) -> tuple[int, float]:
     return response.status, time.monotonic() - started
 
 
+@pytest.mark.long
 def test_a_flood_with_one_key_delays_another_by_one_answer_at_most(
     two: tuple[Ported, str, str],
 ) -> None:
@@ -340,6 +341,7 @@ def test_a_flood_with_one_key_delays_another_by_one_answer_at_most(
         assert {answer.result()[0] for answer in answers} == {200}
 
 
+@pytest.mark.long
 def test_a_queue_that_one_key_has_filled_takes_requests_with_another(
     two: tuple[Ported, str, str],
 ) -> None:

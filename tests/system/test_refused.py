@@ -43,7 +43,15 @@ def refused(
 
 
 @pytest.mark.parametrize(
-    "command", [["check"], ["plan"], ["verify"], ["explain", "m/a"], ["gc", "--dry-run"], ["run"]]
+    "command",
+    [
+        ["check"],
+        ["plan"],
+        pytest.param(["verify"], marks=pytest.mark.long),
+        pytest.param(["explain", "m/a"], marks=pytest.mark.long),
+        pytest.param(["gc", "--dry-run"], marks=pytest.mark.long),
+        ["run"],
+    ],
 )
 def test_a_manifest_that_may_not_be_read(two_prompts: Workspace, command: list[str]) -> None:
     """It is a problem of the manifest, with the next step, and no mistake on the command line.
@@ -58,6 +66,7 @@ def test_a_manifest_that_may_not_be_read(two_prompts: Workspace, command: list[s
     assert f"(`chmod u+r {two_prompts.manifest}`)" in error
 
 
+@pytest.mark.long
 def test_other_files_that_may_not_be_read(two_prompts: Workspace) -> None:
     """Each command has its own code for that, which its help names."""
     file = two_prompts.write("file", "x")

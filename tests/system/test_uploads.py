@@ -105,6 +105,7 @@ def slow(workspace: Workspace) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_prompt_that_never_rests_leaves_room_for_others(workspace: Workspace, slow: Path) -> None:
     """Regression: rewritten whenever its build began, it was the first to be built each time.
 

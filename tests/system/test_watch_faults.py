@@ -298,7 +298,9 @@ def on_disk() -> Iterator[Workspace]:
 
 
 @pytest.mark.parametrize("replace", [moved_away, made_again])
-@pytest.mark.parametrize("folder", ["x/y/prompts", "x/y", "x"])
+@pytest.mark.parametrize(
+    "folder", ["x/y/prompts", pytest.param("x/y", marks=pytest.mark.long), "x"]
+)
 def test_a_folder_on_the_way_is_replaced(
     on_disk: Workspace, folder: str, replace: Callable[[Path], None]
 ) -> None:

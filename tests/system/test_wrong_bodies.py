@@ -221,6 +221,7 @@ def watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watchd
     watchdog.close()
 
 
+@pytest.mark.long
 def test_no_wrong_body_holds_the_others_up(watchdog: Watchdog, daemon: Workspace) -> None:
     """400 for each kind, on either socket, with an answer of a few words.
 
@@ -310,6 +311,7 @@ def test_a_text_far_beyond_the_context_is_refused_by_its_length(
     assert "60000 tokens" in counted.json()["error"]["message"]
 
 
+@pytest.mark.long
 def test_a_body_of_many_chunks_holds_nobody_up(daemon: Workspace) -> None:
     """900,000 chunks of a byte: some 43,000 of them come with one reading of the socket."""
     chunks = b"1\r\nx\r\n" * 900_000

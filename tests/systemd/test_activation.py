@@ -60,6 +60,7 @@ sys.meta_path.insert(0, Slow())
 """
 
 
+@pytest.mark.long
 def test_a_start_whose_imports_take_longer_than_its_time(machine: Machine) -> None:
     """As on an emulated machine: the daemon asks for more time before them, and systemd waits."""
     packages = machine.run("sh", "-c", "echo /usr/local/lib/rkcached/lib/python3.*/site-packages")
@@ -206,6 +207,7 @@ def test_an_upgrade_in_place_keeps_caches(machine: Machine) -> None:
     assert machine.read("/etc/rkcached/manifest.yaml") == manifest
 
 
+@pytest.mark.long
 def test_a_package_with_other_bytes_is_not_installed(machine: Machine) -> None:
     """`make install` ends, what was installed goes on, and nothing of the attempt is left."""
     machine.ask("m/a")

@@ -69,6 +69,7 @@ def test_readme(fresh: Machine) -> None:
     assert fresh.ask("qwen3-0.6b/assistant", user="me")["rkcached"]["state"] == "hit"
 
 
+@pytest.mark.long
 def test_operating(fresh: Machine) -> None:
     """The page about the service, in its order.
 
@@ -122,6 +123,7 @@ def test_other_pages(fresh: Machine, page: str) -> None:
             )
 
 
+@pytest.mark.long
 def test_the_port(fresh: Machine) -> None:
     """The page's commands open a port on the loopback. It answers as the page shows."""
     text = (DOCS / "page.md").read_text()
@@ -132,6 +134,7 @@ def test_the_port(fresh: Machine) -> None:
     fresh.run("rkcached", "port", "disable")
 
 
+@pytest.mark.long
 def test_ports_and_keys(fresh: Machine) -> None:
     """Every command of the page, on a machine with Docker's network; the first shows what it shows.
 
@@ -148,6 +151,7 @@ def test_ports_and_keys(fresh: Machine) -> None:
     fresh.run("ip", "link", "delete", "docker0")
 
 
+@pytest.mark.long
 def test_the_drop_in(fresh: Machine) -> None:
     """The page's lines for a model in /home open that folder and nothing else of it."""
     (drop_in,) = blocks(DOCS / "systemd.md", "ini")

@@ -113,6 +113,7 @@ def test_the_drop_in_of_the_hint_opens_the_folder(at_home: Machine) -> None:
     assert "nothing to do, 2 fresh" in at_home.run("rkcached", "plan").stdout
 
 
+@pytest.mark.long
 def test_a_prompt_of_root_alone(machine: Machine) -> None:
     """The hint is the command; what it says is enough."""
     machine.run("chmod", "600", "/etc/rkcached/prompts/b.md")
@@ -241,6 +242,7 @@ def test_a_member_is_told_to_use_sudo(people: Machine) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_folder_that_refuses(machine: Machine) -> None:
     """It is named, and not the file in it, which everyone may read."""
     machine.run("chmod", "700", "/etc/rkcached/prompts")

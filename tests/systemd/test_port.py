@@ -86,6 +86,7 @@ def test_a_port_is_opened_and_closed(board: Machine) -> None:
     board.run("rkcached", "key", "revoke", "other")
 
 
+@pytest.mark.long
 def test_the_first_request_over_the_port_starts_the_daemon(board: Machine) -> None:
     key = enable(board)["key"]["key"]
     board.systemctl("stop", UNIT)
@@ -95,6 +96,7 @@ def test_the_first_request_over_the_port_starts_the_daemon(board: Machine) -> No
     board.run("rkcached", "key", "revoke", "default")
 
 
+@pytest.mark.long
 def test_the_loopback_without_a_key(board: Machine) -> None:
     opened = enable(board, "--without-key")
     assert opened["key"] is None
@@ -104,6 +106,7 @@ def test_the_loopback_without_a_key(board: Machine) -> None:
     board.run("rkcached", "key", "revoke", "default")
 
 
+@pytest.mark.long
 def test_containers(board: Machine) -> None:
     """The port listens on Docker's network, too, before and after that is there.
 
