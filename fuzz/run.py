@@ -1,6 +1,7 @@
 """Fuzzes the parsers of the program, one after the other: `make fuzz MINUTES=30`.
 
-The time is shared among all targets; with names, among these. What the fuzzer learns stays in
+The time is shared among all targets; with names, among these. It is CPU time: minutes beside other
+work count as much as minutes alone, and take longer. What the fuzzer learns stays in
 `build/fuzz/corpus`, where the next run goes on. Each finding is a file that is named at the end,
 and it ends with 1 if there is one.
 """
@@ -40,6 +41,9 @@ OUT: Final = ROOT / "build" / "fuzz"
 MAX_ENDS: Final = 20
 """After so many ends of its process a target is given up."""
 
+MAX_WAIT: Final = 20
+"""A target is given up after this many times its share by the clock."""
+
 MEMORY: Final = Path("/dev/shm")
 """Some targets write files at each execution, which takes long on a disk."""
 
@@ -57,6 +61,7 @@ _UNITS: Final = re.compile(r"stat::number_of_executed_units:\s+(\d+)")
 class Result:
     target: str
     seconds: float = 0.0
+    """CPU time."""
     executions: int = 0
     edges: int = 0
     """Of the instrumented code, and the comparisons in it."""
@@ -115,11 +120,14 @@ def _fuzz(name: str, seconds: int, seed: int) -> Result:
     for folder in (*folders.values(), findings):
         folder.mkdir(parents=True, exist_ok=True)
 
-    began = time.monotonic()
-    left_s = seconds
+    give_up_at = time.monotonic() + MAX_WAIT * seconds
     place = MEMORY if os.access(MEMORY, os.W_OK) else None
-    while left_s > 0 and result.ends < MAX_ENDS:
-        own_seed = seed + result.ends if seed else 0
+    runs = 0
+    while (left_s := round(seconds - result.seconds)) > 0:
+        if result.ends >= MAX_ENDS or time.monotonic() > give_up_at:
+            break
+        own_seed = seed + runs if seed else 0
+        runs += 1
         with tempfile.TemporaryDirectory(prefix="rkcached-fuzz-", dir=place) as scratch:
             order = Order(
                 target=name,
@@ -129,15 +137,11 @@ def _fuzz(name: str, seconds: int, seed: int) -> Result:
                 seed=own_seed,
                 **folders,
             )
-            code, last_words = _in_a_child(order, result, began)
-        if code == 0:
-            break
+            code, last_words = _in_a_child(order, result)
+        if code != 0:
+            result.ends += 1
+            (findings / f"end-{result.ends}.txt").write_text("\n".join(last_words))
 
-        result.ends += 1
-        (findings / f"end-{result.ends}.txt").write_text("\n".join(last_words))
-        left_s = round(began + seconds - time.monotonic())
-
-    result.seconds = time.monotonic() - began
     result.findings = [
         str(file.relative_to(ROOT))
         for file in sorted(findings.iterdir())
@@ -147,7 +151,7 @@ def _fuzz(name: str, seconds: int, seed: int) -> Result:
     return result
 
 
-def _in_a_child(order: Order, result: Result, began: float) -> tuple[int, list[str]]:
+def _in_a_child(order: Order, result: Result) -> tuple[int, list[str]]:
     """Work in a forked process; return its exit code, and the last lines that it printed."""
     ours, theirs = os.pipe()
     sys.stdout.flush()
@@ -166,14 +170,14 @@ def _in_a_child(order: Order, result: Result, began: float) -> tuple[int, list[s
             for line in lines:
                 last.append(line.rstrip())
                 _take_in(line, result, before)
-                result.seconds = time.monotonic() - began
                 if sys.stdout.isatty():
                     print(f"{_clear()}{_progress(result)}", end="", flush=True)
     except BaseException:
         os.kill(child, signal.SIGKILL)
         raise
     finally:
-        _, status = os.waitpid(child, 0)
+        _, status, usage = os.wait4(child, 0)
+        result.seconds += usage.ru_utime + usage.ru_stime
     return os.waitstatus_to_exitcode(status), list(last)
 
 
@@ -194,7 +198,7 @@ def _clear() -> str:
 
 def _progress(result: Result) -> str:
     return (
-        f"{result.target}: {result.executions:,} executions in {result.seconds:.0f} s, "
+        f"{result.target}: {result.executions:,} executions, "
         f"{result.edges:,} edges, {len(result.findings)} findings"
     )
 
