@@ -321,6 +321,10 @@ class Uncacheable(EngineError):
     """The model cannot save its state with this runtime: a lasting fact, not worth a retry."""
 
 
+USE_PROVE = "import with --prove, which compares each prompt cache with a prefill"
+"""The way to import what another machine's proof does not show to be good."""
+
+
 class VerifyFailed(EngineError):
     """A freshly built prompt cache did not prove itself, so it must not be published."""
 

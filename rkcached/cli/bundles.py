@@ -107,34 +107,34 @@ def _choose(look: Observation, prompts: Sequence[str]) -> tuple[list[Key], dict[
     declared = list(look.desired.prompts)
     named = names.matching(prompts, declared) if prompts else declared
 
-    unfit = {}
+    unfit: dict[Key, tuple[str, str]] = {}
     for name in named:
-        if why := _unfit(look, name):
-            unfit[name] = why
+        if trouble := _unfit(look, name):
+            unfit[name] = trouble
     fit = [name for name in named if name not in unfit]
 
     if unfit and (prompts or not fit):
-        name, why = next(iter(unfit.items()))
-        raise NotFresh(
-            f"{name} cannot be exported: {why}",
-            hint="`rkcached wait` returns when all are fresh; without a name, those that are "
-            "fresh are exported",
-        )
+        name, (why, hint) = next(iter(unfit.items()))
+        raise NotFresh(f"{name} cannot be exported: {why}", hint=hint)
     if not fit:
         raise NotFresh("no prompt is declared", hint="`rkcached add` declares one")
-    return fit, unfit
+    return fit, {name: why for name, (why, _) in unfit.items()}
 
 
-def _unfit(look: Observation, name: Key) -> str:
-    """Why a prompt's cache cannot be exported; empty if it can."""
+def _unfit(look: Observation, name: Key) -> tuple[str, str] | None:
+    """Why a prompt's cache cannot be exported, and the next step; None if it can."""
     if name in look.desired.learned:
-        return "it was learned from the requests of one user"
+        return "it was learned from the requests of one user", "leave it out"
     assessment = next(one for one in look.assessments if one.key == name and not one.retired)
+    if assessment.state is State.MISSING:
+        return "it has no prompt cache yet", f"`rkcached wait {name}` returns when it has"
     if assessment.state is not State.FRESH:
-        return f"it is {assessment.state.value}, {assessment.reason}"
+        hint = assessment.hint or f"`rkcached wait {name}` returns when it is fresh"
+        return f"it is {assessment.state.value}: {assessment.reason}", hint
     if look.inventory.artifacts[name].sidecar.figures.verified == VerifyMode.OFF:
-        return "it was built with cache.verify: off, so nothing proves it"
-    return ""
+        hint = f"set cache.verify to exact, then type `rkcached regenerate {name}`"
+        return "it was built with cache.verify: off, so nothing proves it", hint
+    return None
 
 
 def _packed(look: Observation, name: Key) -> Packed:
@@ -230,6 +230,9 @@ def bundle_key(file: Path, *, want_json: bool) -> int:
         return os.EX_OK
 
     click.echo(printable(f"{file} signs bundles: rkcached export --sign {file} -o FILE"))
-    click.echo("keep it secret; machines that import them have this in their manifest:\n")
+    click.echo(
+        "Keep it secret. Add this to the manifest of each board that imports (below `cache:`,"
+    )
+    click.echo("`cache:`, if that is there already):\n")
     click.echo(f"cache:\n  trust:\n    - {key.public_line}")
     return os.EX_OK

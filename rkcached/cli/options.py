@@ -81,8 +81,8 @@ FLAGS = {
         "--cache-dir",
         type=PATH,
         metavar="DIR",
-        help="The folder of the finished prompt caches (the store), which large files fill. Name "
-        "it for the daemon to have them on another disk, and then for commands, too; default: "
+        help="The folder of the finished prompt caches (the store), which large files fill. To "
+        "keep them on another disk, give this to the daemon and to every command; default: "
         "cache in the current folder; with the manifest /etc/rkcached/manifest.yaml it is "
         "/var/cache/rkcached. [RKCACHED_CACHE_DIR]",
     ),
@@ -91,8 +91,8 @@ FLAGS = {
         type=PATH,
         metavar="DIR",
         help="The folder of what cannot be built again: the texts of prompts that were stored over "
-        "HTTP or learned, and the keys of TCP ports. Name it for the daemon to have it elsewhere, "
-        "as on a disk with backups, and then for commands, too; default: state beside the store; "
+        "HTTP or learned, and the keys of TCP ports. To keep them elsewhere, as on a disk with "
+        "backups, give this to the daemon and to every command; default: state beside the store; "
         "beside /var/cache/rkcached it is /var/lib/rkcached. [RKCACHED_STATE_DIR]",
     ),
     "admin_socket": click.option(

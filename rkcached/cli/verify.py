@@ -68,7 +68,7 @@ def run(
             what = f"{good} of {len(results)} good"
         click.echo(printable(f"{what} in the store {settings.cache_dir}"))
         if retired := len(look.inventory.retired):
-            click.echo(f"{counted(retired, 'retired prompt cache')} not checked")
+            click.echo(f"{counted(retired, 'retired prompt cache')} left unchecked")
         if not signatures_checked:
             click.echo("signatures were not checked: only root and the daemon can read the key")
 

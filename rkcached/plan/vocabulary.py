@@ -49,7 +49,7 @@ STATES: Final[Mapping[str, _State]] = MappingProxyType(
             Tone.BAD, _NEEDS_SOMEBODY, "something must change before its prompt cache can be built"
         ),
         State.QUARANTINED: _State(
-            Tone.BAD, _NEEDS_SOMEBODY, "its prompt cache or its build failed again and again"
+            Tone.BAD, _NEEDS_SOMEBODY, "its prompt cache or its build failed three times"
         ),
         State.CORRUPT: _State(
             Tone.BAD, _NEEDS_SOMEBODY, "a file of its prompt cache was damaged; it is built again"

@@ -283,7 +283,10 @@ class BuildRunner:
         key = build.key
         request = self._request(build)
         if request is None:
-            raise errors.SourceError(f"{key} is no longer to have this prompt cache")
+            raise errors.SourceError(
+                f"{key} was changed meanwhile, or is no longer declared",
+                hint="import the bundle again",
+            )
 
         progress = BuildProgress(
             key=key,

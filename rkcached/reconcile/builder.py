@@ -19,6 +19,7 @@ import msgspec
 
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import (
+    USE_PROVE,
     BudgetExceeded,
     EngineError,
     NoRoom,
@@ -112,13 +113,18 @@ class Builder:
         any EngineError, among them VerifyFailed; WorkerError, StoreError.
         """
         if not prefill and sent.proof.question != PROBE_QUESTION:
-            raise VerifyFailed("another version built it, and proved it by another question")
+            raise VerifyFailed(
+                "another version built it, and proved it by another question", hint=USE_PROVE
+            )
         texts = await _texts(request)
         started = time.monotonic()
         expected = None if prefill else sent.proof.answer_sha256
         checked = await self._prefills.check(request, texts.prefix, texts.probe, staged, expected)
         if checked.tokens != sent.tokens:
-            raise VerifyFailed(f"it has {checked.tokens} tokens instead of {sent.tokens}")
+            raise VerifyFailed(
+                f"it has {checked.tokens} tokens instead of {sent.tokens}",
+                hint="export the bundle again",
+            )
         if checked.tokens < request.cache.min_tokens:
             raise PromptTooShort(checked.tokens, request.cache.min_tokens)
 

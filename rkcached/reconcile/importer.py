@@ -20,6 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from rkcached.errors import (
+    USE_PROVE,
     FormatError,
     NotTrusted,
     RkcachedError,
@@ -45,7 +46,7 @@ from rkcached.store.store import Store
 REASON = "imported"
 """The reason of the build in whose place an import runs."""
 
-_PROVE = "import with --prove, which compares each prompt cache with a prefill"
+_AGAIN = "copy the bundle again, or export it again"
 
 # Of the reason why a prompt is skipped, as far as the bundle's words are in it.
 _MAX_LETTERS = 1000
@@ -167,8 +168,6 @@ class Importer:
             raise
         except RkcachedError as error:
             reason = error.message + (f" ({error.hint})" if error.hint else "")
-            if isinstance(error, VerifyFailed) and not prefill:
-                reason = f"{error.message} ({_PROVE})"
             return outcome(result=Result.FAILED, reason=reason)
         return outcome(result=Result.IMPORTED, reason="" if str(key) == str(sent) else f"as {key}")
 
@@ -188,7 +187,7 @@ class Importer:
             others.append(await _receive(reader, file))
         await reader.expect(sent.cache)
         if not all(others):
-            raise VerifyFailed("its text or its sidecar is not what the bundle lists")
+            raise VerifyFailed("its text or its sidecar is not what the bundle lists", hint=_AGAIN)
 
         wanted = self._published.now.desired.fingerprint(key)
         if wanted is None or wanted.digest != sent.fingerprint:
@@ -214,7 +213,7 @@ class Importer:
         try:
             append = functools.partial(self._store.staging.append, stream)
             if not await _receive(reader, sent.cache, append):
-                raise VerifyFailed("its prompt cache is not what the bundle lists: it was changed")
+                raise VerifyFailed("its prompt cache is not what the bundle lists", hint=_AGAIN)
         finally:
             stream.close()
 
@@ -262,7 +261,9 @@ def target(
     for key in declared.get(sent.fingerprint, ()):
         assessment = snapshot.assessments.get(key)
         if assessment is None or assessment.state in _SETTLED:
-            needless = assessment.reason if assessment else "it was declared a moment ago"
+            needless = "it was declared a moment ago; import the bundle again"
+            if assessment is not None:
+                needless = assessment.reason
         elif assessment.state is State.FRESH:
             needless = "fresh already"
         else:
@@ -283,13 +284,13 @@ def _signed_by(manifest: Manifest, data: bytes, signature: bytes | None) -> Trus
     """The trusted key that signed a bundle's list. Blocking. Errors: NotTrusted, FormatError."""
     if signature is None:
         raise NotTrusted(
-            "the bundle is not signed", hint=f"export it with --sign KEYFILE; or {_PROVE}"
+            "the bundle is not signed", hint=f"export it with --sign KEYFILE; or {USE_PROVE}"
         )
     trusted = [parse_trusted_key(text) for text in manifest.cache.trust]
     if trusted and (why := _not_believed(manifest.file)):
         raise NotTrusted(
             f"cache.trust is not believed, because {why}",
-            hint=f"chown root {manifest.file} && chmod go-w {manifest.file}; or {_PROVE}",
+            hint=f"chown root {manifest.file} && chmod go-w {manifest.file}; or {USE_PROVE}",
         )
     return signer(signature, data, trusted)
 

@@ -140,7 +140,10 @@ class Prefills:
 
         tokens = checked.tokens if known.tokens is None else len(known.tokens)
         if abs(tokens - checked.tokens) > BOUNDARY_TOKENS:
-            raise VerifyFailed(f"it has {checked.tokens} tokens, and its text has {tokens}")
+            raise VerifyFailed(
+                f"it has {checked.tokens} tokens, and its text has {tokens}",
+                hint="export the bundle again",
+            )
         return checked
 
     async def _from_base(

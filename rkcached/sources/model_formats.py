@@ -14,8 +14,10 @@ from rkcached.sources.records import Trouble
 
 START_BYTES: Final = 64
 
-_GET_GGUF: Final = (
-    "get the model as GGUF, or convert it with convert_hf_to_gguf.py of llama.cpp; docs/models.md"
+_NPU: Final = "get the model as .rkllm for your chip, or convert it; docs/rkllm.md says how"
+_CPU: Final = (
+    "get the model as GGUF, or convert it with convert_hf_to_gguf.py of llama.cpp; "
+    "docs/models.md says where to get one"
 )
 
 # The first bytes in small letters, what such a file is, and the next thing to do.
@@ -23,7 +25,6 @@ _OTHERS: Final = (
     (b"version https://git-lfs", "a pointer of Git LFS", "run `git lfs pull` in its repository"),
     (b"<!doctype html", "a web page", "download the file itself, not the page about it"),
     (b"<html", "a web page", "download the file itself, not the page about it"),
-    (b"pk\x03\x04", "a ZIP archive, as PyTorch writes models", _GET_GGUF),
 )
 _SET_ENGINE: Final = "set engine.kind to llamacpp, which reads it, or path to another file"
 _UNKNOWN: Final = "set path to a file of that format, or engine.kind to the engine that reads it"
@@ -49,8 +50,11 @@ def _other(engine: EngineEntry, start: bytes) -> tuple[str, str]:
     for beginning, what, hint in _OTHERS:
         if start.lower().startswith(beginning):
             return what, hint
+    convert = _NPU if engine.on_npu else _CPU
+    if start.startswith(b"PK\x03\x04"):
+        return "a ZIP archive, as PyTorch writes models", convert
     if start[8:10] == b'{"':  # after the length of the header
-        return "a safetensors file", _GET_GGUF
+        return "a safetensors file", convert
 
     gguf = ENGINES[EngineKind.LLAMACPP]
     if engine is not gguf and start.startswith(gguf.model_magic):

@@ -55,7 +55,7 @@ _BLOCK_BYTES: Final = 512
 _MAX_LETTERS: Final = 64 << 10
 _MAX_END_BYTES: Final = 64 << 10  # tar fills its last record with zeros
 _FILE_MODE: Final = 0o600  # a prompt can be read back from its cache
-_AGAIN: Final = "export the bundle again"
+_AGAIN: Final = "copy the bundle again, or export it again"
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

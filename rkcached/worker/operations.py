@@ -18,7 +18,7 @@ import msgspec
 from rkcached.engines.base import Engine, FinishReason, OnProgress, Token
 from rkcached.engines.kinds import VerifyMode
 from rkcached.engines.prefix import common_bytes
-from rkcached.errors import ArtifactLoadError, EngineError, SamplingFixed, VerifyFailed
+from rkcached.errors import USE_PROVE, ArtifactLoadError, EngineError, SamplingFixed, VerifyFailed
 from rkcached.worker import protocol
 from rkcached.worker.building import BOUNDARY_TOKENS, Builder, digest
 from rkcached.worker.engine_state import PROBE_TOKENS, Beginning, Emit, EngineState, since
@@ -27,6 +27,8 @@ from rkcached.worker.traces import agree
 
 if TYPE_CHECKING:
     from rkcached.worker.json_answer import JsonAnswer
+
+_BUILD_IT = "let the daemon build it instead"
 
 # An answer may be longer, but most are not: so much room is made for it.
 _USUAL_ANSWER_TOKENS = 256
@@ -202,16 +204,19 @@ class Session:
         """
         greedy = self._state.info.greedy
         if operation.expected is None and not greedy:
-            raise VerifyFailed("answers of this runtime cannot be compared")
+            raise VerifyFailed("answers of this runtime cannot be compared", hint=_BUILD_IT)
         if operation.expected == "" and greedy:
-            raise VerifyFailed("nobody compared its answer where it was built")
+            raise VerifyFailed(
+                "nobody compared its answer where it was built",
+                hint=USE_PROVE,
+            )
 
         self._state.held = Held(owner=UNKNOWN)
         stats, answer, after_ms = self._state.probe(operation.probe, _never)
         self._state.empty()
         reused = stats.cached_tokens
         if reused is None and operation.expected is not None:
-            raise VerifyFailed("this runtime does not count reused tokens")
+            raise VerifyFailed("this runtime does not count reused tokens", hint=_BUILD_IT)
         if reused is not None and reused < loaded.tokens - BOUNDARY_TOKENS:
             raise VerifyFailed(
                 f"it is the cache of another text: {reused} of {loaded.tokens} tokens were reused"
@@ -225,7 +230,8 @@ class Session:
                 raise VerifyFailed("with this cache the model answers otherwise than with its text")
         elif greedy and digest(answer) != operation.expected:
             raise VerifyFailed(
-                "with this cache the model answers otherwise than where it was built"
+                "with this cache the model answers otherwise than where it was built",
+                hint=USE_PROVE,
             )
 
         return protocol.Checked(

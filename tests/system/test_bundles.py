@@ -262,7 +262,7 @@ def test_hostile_bundles(importer: Workspace, boards: Boards, tmp_path: Path) ->
         members["m/a.memory_cache"] = bytes(state)
 
     rebuilt(boards.signed, target, changed_byte)
-    assert "it was changed" in outcomes(importer, target, code=65)["a"]
+    assert "is not what the bundle lists" in outcomes(importer, target, code=65)["a"]
     refused(
         lambda members: members.update({"bundle.json": members["bundle.json"] + b" "}),
         "does not fit the bundle",
@@ -360,7 +360,7 @@ def test_an_export_takes_what_is_fresh_and_overwrites_nothing(
     shutil.copytree(builder.root, stale.root)
     stale.write("prompts/a.md", "Edited.\n")
     said = stale.cli("export", "m/a", "-o", "stale.tar", code=65).stderr
-    assert "m/a cannot be exported: it is stale, its text changed" in said
+    assert "m/a cannot be exported: it is stale: its text changed" in said
     done = stale.cli("export", "-o", "some.tar", "--json")
     assert json.loads(done.stdout)["prompts"] == ["m/b"]
     assert list(json.loads(done.stdout)["left_out"]) == ["m/a"]

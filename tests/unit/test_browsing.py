@@ -25,6 +25,7 @@ def cached(name: str, tokens: int, hits: int, **more: Any) -> dict[str, Any]:
         "warm_ttft_ms": 5.0,
         "verified": "exact",
         "fingerprint": f"f1{name}",
+        "imported": None,
     }
     return prompt(name, "fresh", artifact=artifact, hits=hits, last_used=2e9, **more)
 
@@ -140,7 +141,7 @@ def test_a_prompts_details() -> None:
         "tools      light, horn",
         "cache      2,000 tokens, 2.0 MB",
         f"built      {words.when(1e9)}, in 2 s",
-        "TTFT       20,000 ms cold, 5 ms warm (proof: exact)",
+        "TTFT       20,000 ms cold, 5 ms warm (verified: exact)",
         "identity   f1keeper",
         "hits       7",
         f"last used  {words.when(2e9)}",

@@ -242,11 +242,13 @@ def export(
 def import_bundle(settings: Settings, file: Path, prove: bool, want_json: bool) -> int:
     """Import the prompt caches of a bundle, FILE, that are declared and not fresh.
 
-    Each is loaded and asked the question that proved it where it was built, and is published if it
-    gives the same answer. The bundle must be signed by a key in cache.trust of the manifest. No
-    other builds run meanwhile. FILE may be - for standard input.
+    Each is loaded and asked the question that proved it where it was built. It is published if the
+    prompt's tokens are reused and, where the runtime can repeat an answer, the answer is the same.
+    The bundle must be signed by a key in cache.trust of the manifest. No other builds run
+    meanwhile. FILE may be - for standard input.
 
-    What is not declared here, or is built from something else, is skipped, with the reason. The
+    What is not declared here, is quarantined or uncacheable, or is built from something else is
+    skipped, with the reason. The
     exit code is 65 when a prompt cache did not prove itself, or the bundle is damaged or not
     trusted.
     """

@@ -178,15 +178,17 @@ def compare(before: Path, after: Path, want_json: bool) -> int:
     "/usr/lib.",
 )
 @click.option(
-    "--once", is_flag=True, help="End after the table; exit code 0 only if every cache was hit."
+    "--once",
+    is_flag=True,
+    help="End after the table; exit code 0 only if every warm answer came from its cache.",
 )
 def demo(directory: Path, model: Path | None, library: Path | None, once: bool) -> int:
     """Show what caches gain: start the daemon with a model; compare cold and warm answers.
 
     It makes a folder with a manifest and two prompts, and changes nothing that is there already.
     The engine is chosen by the end of the model's name. The chat template comes from a GGUF model's
-    own file; for an .rkllm model, from the tokenizer's files beside it or in a folder tokenizer, or
-    else from the model's name.
+    own file; for an .rkllm model, from the tokenizer's files in a folder with its name, in a folder
+    `tokenizer` or beside it, or else from the model's name.
     """
     from rkcached.cli.demo import runner
 

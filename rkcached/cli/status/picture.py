@@ -169,11 +169,14 @@ def _details(prompt: dict[str, Any]) -> Iterator[Text]:
         size = words.size(artifact["size_bytes"])
         seconds = words.number(artifact["build_ms"] / 1000)
         lines["cache"] = f"{tokens} tokens, {size}"
-        lines["built"] = f"{words.when(artifact['built_at'])}, in {seconds} s"
+        came = f"{words.when(artifact['built_at'])}, in {seconds} s"
+        if imported := artifact["imported"]:
+            came = f"elsewhere, imported {words.when(imported['at'])}"
+        lines["built"] = came
         if artifact["verified"] != "off":
             cold = words.milliseconds(artifact["cold_ttft_ms"])
             warm = words.milliseconds(artifact["warm_ttft_ms"])
-            lines["TTFT"] = f"{cold} cold, {warm} warm (proof: {artifact['verified']})"
+            lines["TTFT"] = f"{cold} cold, {warm} warm (verified: {artifact['verified']})"
         lines["identity"] = artifact["fingerprint"]
 
     lines["hits"] = words.hits_of(prompt)
