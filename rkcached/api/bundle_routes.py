@@ -50,7 +50,9 @@ class BundleApi:
                 code = "bundle_not_trusted"
             raise RequestError(400, error.message, code=code, hint=error.hint) from error
         except WorkerUnavailable as error:
-            raise RequestError(503, error.message, code="stopping", hint=error.hint) from error
+            raise RequestError(
+                503, error.message, code="shutting_down", hint=error.hint, retry_after_s=2
+            ) from error
         return answer(BundleImported.model_validate({"prompts": outcomes}, from_attributes=True))
 
 

@@ -65,6 +65,10 @@ ELSEWHERE = {
     "journalctl": ("tests/systemd/test_documents.py", "commands("),
     "sudo adduser": ("tests/systemd/test_documents.py", "commands("),
     "sudo install": ("tests/systemd/test_documents.py", "commands("),
+    "rkcached bundle-key": ("tests/system/test_bundles.py", '"bundle-key"'),
+    "sudo rkcached export": ("tests/system/test_bundles.py", '"export"'),
+    "sudo rkcached import": ("tests/system/test_bundles.py", '"import"'),
+    "tar -xf": ("tests/system/test_bundles.py", '"minisign"'),
     "sudo rkcached": ("tests/systemd/test_documents.py", "commands("),
 }
 """The first words of a command line; who runs it, and the words there that do.
@@ -109,6 +113,10 @@ def test_every_command_of_the_tables(board: Workspace) -> None:
     recorded = board.write("requests.jsonl", json.dumps(request))
     fill_in = {
         "FILE.jsonl": str(recorded),
+        "bundle-key FILE": f"bundle-key {board.root / 'build.key'}",
+        "KEYFILE": str(board.root / "build.key"),
+        "-o FILE": f"-o {board.root / 'caches.tar'}",
+        "import FILE": f"import {board.root / 'caches.tar'}",
         "FOLDER": str(board.root / "imported"),
         "COMMAND": "key add",
         "MODEL/PROMPT": "qwen3-0.6b/system",
