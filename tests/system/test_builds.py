@@ -222,7 +222,7 @@ def test_builds_wait_for_their_window(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests are answered meanwhile, and when it opens the builds begin: by a timer."""
-    monkeypatch.setenv("TZ", local_time("01:59:40"))
+    monkeypatch.setenv("TZ", local_time("01:59:48"))
     on_the_memory_model(workspace, us=0, top=NIGHT, a="You are A.", b="You are B.")
     workspace.start()
     assert workspace.prompt("a")["reason"] == "missing; waits for 02:00"

@@ -23,6 +23,7 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_the_growth_is_drawn(tmp_path: Path) -> None:
     """As text and lines in an SVG, with the aims; without such figures there is no picture."""
     script = (

@@ -411,6 +411,7 @@ def test_memory_limit(workspace: Workspace, small_model: Path) -> None:
     assert workspace.ask("m/cook")["rkcached"]["state"] == "hit"
 
 
+@pytest.mark.long
 def test_a_bundle_of_a_real_model(ship: Workspace) -> None:
     """Another daemon has the prompt cache without a prefill, and answers as the first one does."""
     ship.cli("bundle-key", "key")

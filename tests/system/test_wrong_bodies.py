@@ -221,7 +221,6 @@ def watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watchd
     watchdog.close()
 
 
-@pytest.mark.long
 def test_no_wrong_body_holds_the_others_up(watchdog: Watchdog, daemon: Workspace) -> None:
     """400 for each kind, on either socket, with an answer of a few words.
 
@@ -241,6 +240,7 @@ def test_no_wrong_body_holds_the_others_up(watchdog: Watchdog, daemon: Workspace
     assert daemon.ask("m/a")["rkcached"]["state"] == "hit"
 
 
+@pytest.mark.long
 def test_no_endpoint_is_held_up(daemon: Workspace) -> None:
     """The same at each endpoint that takes a body."""
 
