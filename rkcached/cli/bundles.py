@@ -181,6 +181,8 @@ def _print_outcome(prompt: dict[str, Any]) -> None:
 def _opened(file: Path) -> BinaryIO:
     """Errors: SourceError."""
     if str(file) == _STDIN:
+        if sys.stdin is None:
+            raise SourceError("standard input is closed", hint="name the bundle's file")
         return sys.stdin.buffer
     try:
         return open_regular(file)
@@ -230,9 +232,7 @@ def bundle_key(file: Path, *, want_json: bool) -> int:
         return os.EX_OK
 
     click.echo(printable(f"{file} signs bundles: rkcached export --sign {file} -o FILE"))
-    click.echo(
-        "Keep it secret. Add this to the manifest of each board that imports (below `cache:`,"
-    )
-    click.echo("`cache:`, if that is there already):\n")
+    click.echo("Keep it secret. The manifest of each board that imports needs this; where it has")
+    click.echo("`cache:` or `trust:` already, add only what is missing:\n")
     click.echo(f"cache:\n  trust:\n    - {key.public_line}")
     return os.EX_OK

@@ -34,6 +34,9 @@ from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker.gate import Gates
 
+# What builds wait for while they have lent their place.
+_FOR_IMPORT = "for an import"
+
 
 class BuildRunner:
     """Takes builds from the queue while there are any."""
@@ -266,8 +269,10 @@ class BuildRunner:
         async with self._lending:
             try:
                 await self._stop_task()
+                self._published.change(held=_FOR_IMPORT)
                 yield
             finally:
+                self._published.change(held="")
                 self._wake.look_again(now=True)
 
     async def run_import(

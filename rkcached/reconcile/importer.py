@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rkcached.errors import (
     USE_PROVE,
+    ArtifactLoadError,
     FormatError,
     NotTrusted,
     RkcachedError,
@@ -166,6 +167,10 @@ class Importer:
             await self._take(reader, key, sent, imported, prefill=prefill)
         except FormatError:
             raise
+        except ArtifactLoadError as error:
+            log.warning("bundle's prompt cache not loadable", prompt=str(key), why=error.message)
+            reason = f"the model cannot load its prompt cache ({_AGAIN})"
+            return outcome(result=Result.FAILED, reason=reason)
         except RkcachedError as error:
             reason = error.message + (f" ({error.hint})" if error.hint else "")
             return outcome(result=Result.FAILED, reason=reason)

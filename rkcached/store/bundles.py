@@ -27,12 +27,13 @@ from typing import Annotated, BinaryIO, Final, NamedTuple
 
 import msgspec
 
-from rkcached.errors import FormatError, OutputError
+from rkcached.errors import FormatError, StoreError
 from rkcached.host import disk
 from rkcached.host.integers import Int64
 from rkcached.host.regular import open_regular, read_regular
 from rkcached.plan.fingerprint import fingerprint
 from rkcached.sources.problems import NAME
+from rkcached.store.result_file import place_for
 from rkcached.store.scan import CACHE_SUFFIXES, MAX_RECORD_BYTES, MAX_TEXT_BYTES
 from rkcached.store.sidecar import Figures, StoredArtifact
 
@@ -322,7 +323,7 @@ def write_bundle(
     """Write a bundle, whole or not at all; returns its size in bytes.
 
     `sign` makes the signature of the list. `replace`: the file may exist. `on_cache` hears which
-    prompt cache is written next. Errors: OutputError; FormatError for a prompt cache that changes
+    prompt cache is written next. Errors: StoreError; FormatError for a prompt cache that changes
     meanwhile.
     """
     contents = Contents(
@@ -333,10 +334,10 @@ def write_bundle(
     if sign is not None:
         members[SIGNATURE] = sign(data)
 
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    remedy = "name another file, or replace it with --force"
+    place = place_for(path, replace=replace, remedy=remedy)
+    temporary = place.with_name(f".{place.name[:64]}-{secrets.token_hex(4)}.tmp")
     try:
-        if not replace and os.path.lexists(path):
-            raise FileExistsError(path)  # noqa: TRY301 - before anything is written
         with temporary.open("xb") as stream:
             os.fchmod(stream.fileno(), _FILE_MODE)
             with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -348,14 +349,12 @@ def write_bundle(
             stream.flush()
             os.fsync(stream.fileno())
             size_bytes = stream.tell()
-        _put(temporary, path, replace=replace)
+        _put(temporary, place, replace=replace)
     except FileExistsError as error:
-        raise OutputError(
-            f"{path} exists", hint="name another file, or replace it with --force"
-        ) from error
+        raise StoreError(f"{path} exists", hint=remedy) from error
     except OSError as error:
-        why, hint = disk.refusal(error, path)
-        raise OutputError(f"{path} cannot be written: {why}", hint=hint) from error
+        why, hint = disk.refusal(error, place)
+        raise StoreError(f"{path} cannot be written: {why}", hint=hint) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

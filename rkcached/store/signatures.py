@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from rkcached.errors import FormatError, NotTrusted, OutputError, SourceError
+from rkcached.errors import FormatError, NotTrusted, SourceError, StoreError
 from rkcached.host import disk
 from rkcached.host.regular import read_regular
 from rkcached.sources.trusted_keys import ALGORITHM, ID_BYTES, KEY_BYTES, TrustedKey, id_of
+from rkcached.store.result_file import place_for
 
 _PREHASHED: Final = b"ED"  # the signature is over the data's BLAKE2b-512
 _NO_PASSWORD: Final = b"\0\0"
@@ -50,7 +51,7 @@ class SecretKey(NamedTuple):
 def make_key(path: Path) -> SecretKey:
     """Write a new key to `path`, with mode 0600, and its public half beside it, with `.pub`.
 
-    Errors: OutputError, also where one of the two exists.
+    Errors: StoreError, also where one of the two exists.
     """
     from nacl import bindings  # noqa: PLC0415 - 40 ms and 3 MB that only bundles need
 
@@ -60,7 +61,10 @@ def make_key(path: Path) -> SecretKey:
     of_secret = b"untrusted comment: rkcached secret key, without a password\n"
     of_public = f"untrusted comment: minisign public key {id_of(key.number)}\n".encode()
 
-    public_path = path.with_name(f"{path.name}.pub")
+    remedy = "a key is never overwritten: name another file, or move this one away"
+    public_path = path.with_name(f"{path.name}.pub") if path.name else path
+    for file in (path, public_path):
+        place_for(file, replace=False, remedy=remedy)
     try:
         disk.write_new(public_path, of_public + key.public_line.encode() + b"\n", 0o644)
         try:
@@ -70,13 +74,10 @@ def make_key(path: Path) -> SecretKey:
                 public_path.unlink()
             raise
     except FileExistsError as error:
-        raise OutputError(
-            f"{error.filename} exists, and a key is never overwritten",
-            hint="name another file, or move this one away",
-        ) from error
+        raise StoreError(f"{error.filename} exists", hint=remedy) from error
     except OSError as error:
         why, hint = disk.refusal(error, path)
-        raise OutputError(f"{path} cannot be written: {why}", hint=hint) from error
+        raise StoreError(f"{path} cannot be written: {why}", hint=hint) from error
     return key
 
 

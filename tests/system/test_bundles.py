@@ -350,7 +350,7 @@ def test_an_export_takes_what_is_fresh_and_overwrites_nothing(
 ) -> None:
     builder = boards.builder
     before = boards.signed.read_bytes()
-    assert "exists" in builder.cli("export", "-o", "signed.tar", code=74).stderr
+    assert "exists" in builder.cli("export", "-o", "signed.tar", code=73).stderr
     assert boards.signed.read_bytes() == before
     with tarfile.open(boards.signed) as archive:
         assert [member.name for member in archive][:5] == MEMBERS
@@ -365,7 +365,7 @@ def test_an_export_takes_what_is_fresh_and_overwrites_nothing(
     assert json.loads(done.stdout)["prompts"] == ["m/b"]
     assert list(json.loads(done.stdout)["left_out"]) == ["m/a"]
     assert "no-such" in stale.cli("export", "no-such", "-o", "x.tar", code=66).stderr
-    assert "exists" in stale.cli("bundle-key", "key", code=74).stderr
+    assert "exists" in stale.cli("bundle-key", "key", code=73).stderr
     (stale.root / "key").chmod(0o644)
     assert "chmod 600" in stale.cli("export", "-o", "x.tar", "--sign", "key", code=66).stderr
     leftovers = [path.name for path in stale.root.iterdir() if path.name.endswith(".tmp")]

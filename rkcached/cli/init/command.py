@@ -44,7 +44,10 @@ def run(folder: Path, manifest: Path | None, *, yes: bool, want_json: bool) -> i
     """Write a manifest for the models and prompts of a folder. Nobody's work is overwritten."""
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - links stay
     manifest = Path(os.path.abspath(manifest or folder / "manifest.yaml"))  # noqa: PTH100
+    if folder.is_file():
+        raise SourceError(f"{folder} is a file, not a folder", hint="name the folder it is in")
     _refuse_existing(manifest)
+    _refuse_strange(manifest.with_name(SCHEMA_NAME))
     try:
         found = look_into(folder)
     except OSError as error:
@@ -78,7 +81,17 @@ def run(folder: Path, manifest: Path | None, *, yes: bool, want_json: bool) -> i
     return os.EX_OK
 
 
+def _refuse_strange(path: Path) -> None:
+    """Refuse to put a file in the place of a link, a pipe or a folder."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise StoreError(f"{path} is no regular file", hint="move it away")
+
+
 def _refuse_existing(manifest: Path) -> None:
+    if manifest.is_dir():
+        raise StoreError(f"{manifest} is a folder", hint="name the manifest's file after -m")
+    if os.path.lexists(manifest) and not manifest.is_file():
+        _refuse_strange(manifest)
     if os.path.lexists(manifest) and not _is_sample(manifest):
         raise StoreError(
             f"{manifest} exists already, and is not overwritten",

@@ -356,8 +356,13 @@ class _Screen(_View):
         self._raw: dict[str, Any] = {}
         self._shown: dict[str, Any] = {"prompts": []}
         self._shown_at = 0.0
+        self._drawn: tuple[object, ...] = ()
 
     def show(self, status: dict[str, Any], *, gone: bool) -> None:
+        drawn = (id(status), gone, self._browsing, self._live.console.size)
+        if gone and drawn == self._drawn:
+            return  # it is asked four times a second whether it is there again
+        self._drawn = drawn
         if status is not self._raw:
             self._raw = status
             self._shown = words.shown(status)
