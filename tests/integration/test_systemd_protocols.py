@@ -186,6 +186,7 @@ ENTRIES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("entry", "gates"),
     [

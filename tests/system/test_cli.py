@@ -681,6 +681,7 @@ def test_regenerate(two_prompts: Workspace) -> None:
     assert "--all" in two_prompts.cli("regenerate", code=os.EX_USAGE).stderr
 
 
+@pytest.mark.long
 def test_regenerate_shows_how_far_it_is(workspace: Workspace) -> None:
     """At a terminal, a line that is rewritten: tokens done of tokens in total."""
     workspace.memory_model(prefill_us_per_token=10_000)

@@ -160,6 +160,7 @@ class Prometheus:
         return [float(series["value"][1]) for series in found["result"]] if found else []
 
 
+@pytest.mark.long
 def test_every_panel_has_figures(
     workspace: Workspace, dashboard: dict[str, Any], tmp_path: Path
 ) -> None:

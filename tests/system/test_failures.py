@@ -105,6 +105,7 @@ def test_every_endpoint_tells_its_causes(troubled: Workspace) -> None:
     assert troubled.log_text().count(" request failed ") == len(answers)
 
 
+@pytest.mark.long
 def test_a_silent_worker_has_its_cause_in_the_log(workspace: Workspace) -> None:
     """A deadline of ours."""
     workspace.memory_model(faults=[{"op": "generate", "kind": "hang", "at": 3}])

@@ -109,7 +109,7 @@ def check(case: Any, space: Workspace, description: dict[str, Any], *, admin: bo
     case.validate_response(response, checks=checks)
 
 
-EXAMPLES = int(os.environ.get("RKCACHED_FUZZ_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("RKCACHED_FUZZ_EXAMPLES", "4"))
 SETTINGS = hypothesis.settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import Workspace, damage
 
 from rkcached.messages.environment import compile_here
@@ -48,6 +49,7 @@ def answered_while(space: Workspace, work: Callable[[], Any]) -> int:
     return answered
 
 
+@pytest.mark.long
 def test_slow_template_delays_its_own_model_only(workspace: Workspace) -> None:
     """Each render is within its limit. Trying it is limited as a whole, and only for tools.
 

@@ -34,7 +34,8 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two 
 @pytest.fixture
 def space(workspace: Workspace) -> Workspace:
     """A daemon on the memory engine, with one declared prompt that shares nothing with SECRET."""
-    workspace.memory_model()
+    # Reading costs more than loading, also where other tests take the processor.
+    workspace.memory_model(prefill_us_per_token=20)
     workspace.write("other.md", "A carpenter speaks. " * 20)
     workspace.declare("{other: other.md}", top=FORGET, model="    chat_template: chatml\n")
     workspace.start()

@@ -220,6 +220,7 @@ def test_no_line_is_wrapped_where_no_terminal_is(workspace: Workspace, kept: Pat
         assert max(map(len, shown.splitlines())) < 1000
 
 
+@pytest.mark.long
 def test_a_wheel_carries_what_is_no_code(tmp_path: Path) -> None:
     """The page, and the demo's manifest and prompts.
 

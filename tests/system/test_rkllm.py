@@ -759,6 +759,7 @@ def test_library_unusable(d: Workspace, spoil: Callable[[bytes], bytes] | None, 
 # Two models
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("concurrent", [False, True])
 def test_two_models(d: Workspace, concurrent: bool) -> None:
     """Two models never use the NPU at the same time; with `engine: {concurrent: true}` they do."""

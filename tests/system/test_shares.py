@@ -96,6 +96,7 @@ def test_a_flood_of_one_user_delays_another_by_one_answer_at_most(shared: Worksp
         assert {answer.result()[0] for answer in answers} == {200}
 
 
+@pytest.mark.long
 def test_a_queue_that_one_user_has_filled_takes_requests_of_another(shared: Workspace) -> None:
     with (
         connections(shared, GREEDY, 40) as flood,

@@ -274,6 +274,7 @@ def test_two_prompts_in_turn(two_prompts: Workspace) -> None:
         assert answer["rkcached"]["state"] == "hit"
 
 
+@pytest.mark.long
 def test_two_prompts_in_turn_on_rkllm(
     workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -122,6 +122,7 @@ def test_a_prompt_that_never_rests_leaves_room_for_others(workspace: Workspace, 
     assert f"edition {edition}." in (workspace.cache / "m/a.bin").read_text()
 
 
+@pytest.mark.long
 def test_a_file_that_is_appended_to(workspace: Workspace, slow: Path) -> None:
     """Opened and closed for each piece: the second build waits until no more come."""
     workspace.wait_state("a", "building")

@@ -363,6 +363,7 @@ def test_links_in_a_folder(workspace: Workspace) -> None:
     workspace.wait_state("two", "fresh", SOON_S)
 
 
+@pytest.mark.long
 def test_many_prompts_in_a_folder(workspace: Workspace) -> None:
     """Folders are watched, not files; an edit and a new file among many are noticed.
 

@@ -180,6 +180,7 @@ def test_systemd_finds_nothing_wrong_with_the_units(installed: Machine) -> None:
     assert float(found[1]) <= 0.8
 
 
+@pytest.mark.long
 def test_the_system_s_places_are_found(machine: Machine) -> None:
     """Root needs no flags: manifest, store and socket are the system's."""
     machine.ask("m/a")

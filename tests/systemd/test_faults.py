@@ -62,6 +62,7 @@ def test_a_killed_daemon_comes_back_warm(watched: Machine) -> None:
     assert watched.status()["reconcile"]["builds"] == 0
 
 
+@pytest.mark.long
 def test_a_killed_worker_is_a_failed_request_and_no_dead_service(watched: Machine) -> None:
     """As the kernel does when memory runs out: the daemon goes on and starts another worker."""
     watched.declare(

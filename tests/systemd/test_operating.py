@@ -185,6 +185,7 @@ def test_the_journal_is_searchable_by_field(running: Machine) -> None:
     assert not [entry for entry in running.journal() if "You are prompt" in str(entry)]
 
 
+@pytest.mark.long
 def test_the_log_lines_of_a_prompt(running: Machine) -> None:
     """`rkcached logs` finds them in the journal; with -f it goes on."""
     both = running.run("rkcached", "logs").stdout
