@@ -293,6 +293,7 @@ def test_two_imports_and_one_that_breaks_off(importer: Workspace, boards: Boards
     client.stdin.flush()
     staged = importer.cache / "m" / ".staging"
     wait_until(lambda: staged.is_dir() and list(staged.iterdir()), "a prompt cache is staged")
+    assert "builds wait for an import" in importer.status()["summary"]
     other = importer.popen("import", str(boards.signed), stdout=subprocess.PIPE, text=True)
     client.send_signal(signal.SIGINT)
     assert client.wait(30) == 130
@@ -300,6 +301,7 @@ def test_two_imports_and_one_that_breaks_off(importer: Workspace, boards: Boards
     said, _ = other.communicate(timeout=60)
     assert said.endswith("2 imported, 0 skipped, 0 failed\n")
     assert list(staged.iterdir()) == []
+    assert "import" not in importer.status()["summary"]
 
 
 @pytest.mark.long
