@@ -232,7 +232,9 @@ def bundle_key(file: Path, *, want_json: bool) -> int:
         return os.EX_OK
 
     click.echo(printable(f"{file} signs bundles: rkcached export --sign {file} -o FILE"))
-    click.echo("Keep it secret. The manifest of each board that imports needs this; where it has")
-    click.echo("`cache:` or `trust:` already, add only what is missing:\n")
+    click.echo(
+        "Keep it secret. Add these lines to the manifest of each board that imports; if it has"
+    )
+    click.echo("`cache:` or `trust:` already, add below that what is missing:\n")
     click.echo(f"cache:\n  trust:\n    - {key.public_line}")
     return os.EX_OK

@@ -169,7 +169,10 @@ class Importer:
             raise
         except ArtifactLoadError as error:
             log.warning("bundle's prompt cache not loadable", prompt=str(key), why=error.message)
-            reason = f"the model cannot load its prompt cache ({_AGAIN})"
+            reason = (
+                "the model here cannot load the prompt cache, which arrived as it was exported "
+            )
+            reason += "(build it again where it was exported, and export it again)"
             return outcome(result=Result.FAILED, reason=reason)
         except RkcachedError as error:
             reason = error.message + (f" ({error.hint})" if error.hint else "")

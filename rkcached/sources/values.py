@@ -224,13 +224,20 @@ def _size(value: object) -> object:
     )
 
 
+def _texts(value: object, expected: str, hint: str) -> list[str]:
+    """A text or a list of them, as a list. `expected` begins the sentence if it is neither."""
+    texts = _listed(value)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise wrong(f"{expected}, got {show(value)}", hint)
+    return texts
+
+
 def _hosts(value: object) -> object:
-    names = _listed(value)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise wrong(
-            f"hosts: expected a name or a list of names, got {show(value)}",
-            "write the names by which browsers and proxies call this machine",
-        )
+    names = _texts(
+        value,
+        "hosts: expected a name or a list of names",
+        "write the names by which browsers and proxies call this machine",
+    )
     for name in names:
         if not re.fullmatch(_HOST, name):
             raise wrong(
@@ -241,12 +248,11 @@ def _hosts(value: object) -> object:
 
 
 def _origins(value: object) -> object:
-    origins = _listed(value)
-    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
-        raise wrong(
-            f"cors: expected an origin or a list of origins, got {show(value)}",
-            "write the origins of the pages that may send requests, as https://chat.example.org",
-        )
+    origins = _texts(
+        value,
+        "cors: expected an origin or a list of origins",
+        "write the origins of the pages that may send requests, as https://chat.example.org",
+    )
     for origin in origins:
         if origin in ("*", "null"):
             raise wrong(
@@ -263,12 +269,11 @@ def _origins(value: object) -> object:
 
 
 def _trusted_keys(value: object) -> object:
-    keys = _listed(value)
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise wrong(
-            f"trust: expected a public key or a list of them, got {show(value)}",
-            "write the line that `rkcached bundle-key` printed",
-        )
+    keys = _texts(
+        value,
+        "trust: expected a public key or a list of them",
+        "write the line that `rkcached bundle-key` printed",
+    )
     for key in keys:
         try:
             parse_trusted_key(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from rkcached.errors import StoreError
@@ -15,19 +16,34 @@ def place_for(path: Path, *, replace: bool, remedy: str) -> Path:
     device. `remedy`: the next step where a file exists. Errors: StoreError.
     """
     another = "name another file"
-    if path.name in ("", "-", ".."):
-        raise StoreError(f"{str(path)!r} is no file's name here", hint=another)
+    if str(path) == "-":
+        raise StoreError("a file is needed: this does not go to standard output", hint=another)
     try:
         place = path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise StoreError(f"{path} leads nowhere: it is a loop of links", hint=another) from error
+        exists, is_file = os.path.lexists(place), stat.S_ISREG(_mode(place))
+        is_folder, has_folder = stat.S_ISDIR(_mode(place)), stat.S_ISDIR(_mode(place.parent))
+        beside = os.path.lexists(place.parent)
+    except RuntimeError as error:
+        raise StoreError(f"{path} is a link that leads back to itself", hint=another) from error
+    except OSError as error:
+        raise StoreError(f"{path} cannot be used: {error.strerror}", hint=another) from error
 
-    if place.is_dir():
+    if is_folder:
         raise StoreError(f"{path} is a folder", hint="name a file in it")
-    if not place.parent.is_dir():
+    if not has_folder and beside:
+        raise StoreError(f"{place.parent} is not a folder", hint=another)
+    if not has_folder:
         raise StoreError(f"the folder {place.parent} does not exist", hint="make it, or " + another)
-    if os.path.lexists(place) and not place.is_file():
+    if exists and not is_file:
         raise StoreError(f"{path} is a device, a pipe or a socket", hint=another)
-    if os.path.lexists(place) and not replace:
+    if exists and not replace:
         raise StoreError(f"{path} exists", hint=remedy)
     return place
+
+
+def _mode(path: Path) -> int:
+    """The mode of what is there; 0 if nothing is. Errors: OSError if that cannot be known."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0

@@ -61,7 +61,7 @@ def make_key(path: Path) -> SecretKey:
     of_secret = b"untrusted comment: rkcached secret key, without a password\n"
     of_public = f"untrusted comment: minisign public key {id_of(key.number)}\n".encode()
 
-    remedy = "a key is never overwritten: name another file, or move this one away"
+    remedy = "keys are never overwritten: name another file for the new key, or move this away"
     public_path = path.with_name(f"{path.name}.pub") if path.name else path
     for file in (path, public_path):
         place_for(file, replace=False, remedy=remedy)

@@ -36,6 +36,9 @@ def test_only_a_regular_file_is_replaced(tmp_path: Path) -> None:
     assert "a device, a pipe or a socket" in refusal(Path("/dev/null"))
     assert "is a folder" in refusal(tmp_path)
     assert "does not exist" in refusal(tmp_path / "no" / "file")
+    (tmp_path / "file").touch()
+    assert "is not a folder" in refusal(tmp_path / "file" / "x")
+    assert "File name too long" in refusal(tmp_path / ("x" * 300))
 
 
 def test_a_link_stays_one(tmp_path: Path) -> None:
@@ -48,7 +51,7 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     assert place_for(tmp_path / "link", replace=True, remedy=REMEDY) == tmp_path / "file"
     (tmp_path / "one").symlink_to("two")
     (tmp_path / "two").symlink_to("one")
-    assert "loop of links" in refusal(tmp_path / "one")
+    assert "leads back to itself" in refusal(tmp_path / "one")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "-"])

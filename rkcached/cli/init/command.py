@@ -84,7 +84,10 @@ def run(folder: Path, manifest: Path | None, *, yes: bool, want_json: bool) -> i
 def _refuse_strange(path: Path) -> None:
     """Refuse to put a file in the place of a link, a pipe or a folder."""
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-        raise StoreError(f"{path} is no regular file", hint="move it away")
+        raise StoreError(
+            f"{path} is a link, a pipe or a folder, and a file of this name is to be written",
+            hint="move it away, or name a manifest in another folder after -m",
+        )
 
 
 def _refuse_existing(manifest: Path) -> None:
