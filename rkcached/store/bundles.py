@@ -336,6 +336,8 @@ def write_bundle(
 
     remedy = "name another file, or replace it with --force"
     place = place_for(path, replace=replace, remedy=remedy)
+    if os.path.lexists(place) and not _is_bundle(place):
+        raise StoreError(f"{path} is not a bundle, so it is not replaced", hint="name another file")
     temporary = place.with_name(f".{place.name[:64]}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as stream:
@@ -359,6 +361,15 @@ def write_bundle(
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return size_bytes
+
+
+def _is_bundle(place: Path) -> bool:
+    """Whether a bundle was begun there: another file may be the key, or the prompt itself."""
+    try:
+        with place.open("rb") as stream:
+            return parse_header(stream.read(_BLOCK_BYTES))[0] == LIST
+    except (OSError, FormatError):
+        return False
 
 
 def _put(temporary: Path, path: Path, *, replace: bool) -> None:

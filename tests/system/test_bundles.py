@@ -368,6 +368,12 @@ def test_an_export_takes_what_is_fresh_and_overwrites_nothing(
     assert list(json.loads(done.stdout)["left_out"]) == ["m/a"]
     assert "no-such" in stale.cli("export", "no-such", "-o", "x.tar", code=66).stderr
     assert "exists" in stale.cli("bundle-key", "key", code=73).stderr
+    key = (builder.root / "key").read_bytes()
+    for name in ("key", "prompts/b.md"):
+        done = builder.cli("export", "--force", "-o", name, "--sign", "key", code=73)
+        assert "is not a bundle, so it is not replaced" in done.stderr
+    assert (builder.root / "key").read_bytes() == key
+    assert "File name too long" in builder.cli("bundle-key", "n" * 253, code=73).stderr
     (stale.root / "key").chmod(0o644)
     assert "chmod 600" in stale.cli("export", "-o", "x.tar", "--sign", "key", code=66).stderr
     leftovers = [path.name for path in stale.root.iterdir() if path.name.endswith(".tmp")]

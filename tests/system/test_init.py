@@ -337,6 +337,14 @@ def test_comments_keep_their_places(declared: Workspace) -> None:
         assert declared.manifest.read_bytes() == text.encode()
 
 
+def test_a_strange_file_in_the_schemas_place_stays(folder: Workspace) -> None:
+    """Regression: it was overwritten, whatever it was."""
+    path = folder.write("manifest.schema.json", "mine")
+    assert "is not a manifest's schema" in folder.cli("init", "--yes", code=73).stderr
+    assert path.read_text() == "mine"
+    assert not (folder.root / "manifest.yaml").exists()
+
+
 @pytest.mark.long
 def test_several_that_add_at_once_lose_nothing(declared: Workspace) -> None:
     for number in range(6):

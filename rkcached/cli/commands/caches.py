@@ -220,7 +220,7 @@ def export(
 
     Those that are named must be fresh; without a name, all that are fresh are exported. FILE can be
     read by its owner only, because a prompt can be read back from its cache. The command needs no
-    daemon. The exit code is 65 when a prompt is not fresh, 66 for a name that is not declared, 74
+    daemon. The exit code is 65 when a prompt is not fresh, 66 for a name that is not declared, 73
     when FILE exists or cannot be written.
     """
     from rkcached.cli import bundles
@@ -265,7 +265,7 @@ def bundle_key(file: Path, want_json: bool) -> int:
 
     It prints the line for cache.trust in the manifests of other machines. FILE can be read by its
     owner only, and has no password. The keys are those of minisign. No file is overwritten; the
-    exit code is then 74.
+    exit code is then 73.
     """
     from rkcached.cli import bundles
 

@@ -44,11 +44,11 @@ def run(folder: Path, manifest: Path | None, *, yes: bool, want_json: bool) -> i
     """Write a manifest for the models and prompts of a folder. Nobody's work is overwritten."""
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - links stay
     manifest = Path(os.path.abspath(manifest or folder / "manifest.yaml"))  # noqa: PTH100
-    if folder.is_file():
-        raise SourceError(f"{folder} is a file, not a folder", hint="name the folder it is in")
-    _refuse_existing(manifest)
-    _refuse_strange(manifest.with_name(SCHEMA_NAME))
     try:
+        if folder.is_file():
+            raise SourceError(f"{folder} is a file, not a folder", hint="name the folder it is in")
+        _refuse_existing(manifest)
+        _refuse_strange_schema(manifest.with_name(SCHEMA_NAME))
         found = look_into(folder)
     except OSError as error:
         raise SourceError(
@@ -81,6 +81,22 @@ def run(folder: Path, manifest: Path | None, *, yes: bool, want_json: bool) -> i
     return os.EX_OK
 
 
+def _refuse_strange_schema(path: Path) -> None:
+    """Refuse to write the schema over anything that is not one of an earlier `init`."""
+    _refuse_strange(path)
+    if not path.exists():
+        return
+    try:
+        known = json.loads(path.read_bytes())["properties"]["models"]
+    except (ValueError, KeyError, TypeError, OSError):
+        known = None
+    if known is None:
+        raise StoreError(
+            f"{path} exists, and is not a manifest's schema",
+            hint="move it away, or name a manifest in another folder after -m",
+        )
+
+
 def _refuse_strange(path: Path) -> None:
     """Refuse to put a file in the place of a link, a pipe or a folder."""
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
@@ -91,6 +107,10 @@ def _refuse_strange(path: Path) -> None:
 
 
 def _refuse_existing(manifest: Path) -> None:
+    if manifest.name == SCHEMA_NAME:
+        raise StoreError(
+            f"{manifest} is the name of the schema beside a manifest", hint="name another after -m"
+        )
     if manifest.is_dir():
         raise StoreError(f"{manifest} is a folder", hint="name the manifest's file after -m")
     if os.path.lexists(manifest) and not manifest.is_file():
